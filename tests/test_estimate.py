@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,21 @@ def test_labels_of_no_random_sample_are_told(world: World) -> None:
             models, batches(examples.unlabeled()), few_labels=batches(examples.select(few))
         )
         assert any("they are no random sample" in note for note in report.notes) == told
+
+
+def test_few_labels_of_the_validation_set_or_of_other_classes_are_told(world: World) -> None:
+    few, wrong = world.validation.select(torch.arange(50)), world.noisy.select(torch.arange(80, 120))
+    for labeled, note in (
+        (few, "50 of 50 few-labels examples are also in"),
+        (wrong, "few-labels examples, no better"),
+    ):
+        given = replace(labeled, y=(labeled.y + (labeled is wrong)) % 10)
+        report = gm_probe.estimate(
+            world.models["good"], batches(world.noisy.unlabeled()), validation=batches(world.validation),
+            few_labels=batches(given),
+        )  # fmt: skip
+        assert sum(note in one for one in report.notes) == 1
+        assert len(report.notes) == 1
 
 
 def test_tables_have_errors_from_halves_of_the_validation_set(world: World) -> None:

@@ -469,6 +469,21 @@ def test_picks_of_two_targets_are_not_compared() -> None:
     )
 
 
+def test_a_setting_without_effect_is_told() -> None:
+    """Plain SGD has no ρ, so a grid of methods and ρ has each of its runs more than once."""
+    rng = np.random.default_rng(0)
+    gap, sharp = rng.uniform(size=(2, 12))
+    gap[6:9], sharp[6:9] = gap[:3], sharp[:3]
+    frame = pd.DataFrame(
+        {"error_gap": gap, "m": sharp, "rho": [0.1] * 6 + [0.2] * 6, "seed": [*range(6)] * 2}
+    )
+    frame.loc[[4, 5], ["error_gap", "m"]] = None  # nothing is known of these
+    notes = [note for note in gm_probe.correlate(frame, details=False).notes if "repeat" in note]
+    assert notes == [
+        "3 runs repeat the values of another, such as row 7. Is one listed twice, or has a setting no effect?"
+    ]
+
+
 def test_a_gap_that_is_mostly_negative_is_told() -> None:
     frame = pd.DataFrame({"m": range(4), "error_gap": [-0.1, -0.2, -0.3, 0.1]})
     notes = gm_probe.correlate(frame, details=False).notes

@@ -135,6 +135,11 @@ def test_overrides_replace_base(recipe: Recipe) -> None:
         ({"base": {**BASE, "lr": 0.5}}, "lr is both in [base] (or an option) and in the design"),
         ({"grid": {"seed": [0, 1, 0]}}, "the design names the same run twice (s0-"),
         ({"grid": {"lr": [1, 1.0]}}, "the design names the same run twice (lr1-"),
+        ({"grid": {"weight_decay": [0.0, -0.0]}}, "the design names the same run twice (wd0-"),
+        (
+            {"grid": {}, "list": [{"lr": 0.3}, {"lr": 0.3, "momentum": 0.9}]},
+            "the design names the same run twice (lr0.3-",
+        ),
         (
             {"measure": {"measures": ["fisher_trac"]}},
             "no measure 'fisher_trac'; did you mean 'fisher_trace'?",

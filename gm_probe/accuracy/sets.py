@@ -48,6 +48,11 @@ def examine(
         notes += _of_validation(validation, unlabeled)
     if few_labels is not None and not len(few_labels):
         raise DataError(f"{few_labels.source} holds no examples")
+    if few_labels is not None and validation is not None and (twice := _shared(few_labels, validation)):
+        notes.append(
+            f"{twice} of {len(few_labels)} few-labels examples are also in {validation.source}, but they must be a "
+            "random sample of the unlabeled data"
+        )
     return notes
 
 
@@ -83,9 +88,9 @@ def _of_validation(validation: Examples, unlabeled: Examples) -> list[str]:
     return notes
 
 
-def _shared(unlabeled: Examples, validation: Examples) -> int:
-    """Return how many unlabeled examples are in the validation set, too."""
-    if not (type(unlabeled.x) is type(validation.x) is Tensor):
+def _shared(examples: Examples, validation: Examples) -> int:
+    """Return how many examples are in the validation set, too."""
+    if not (type(examples.x) is type(validation.x) is Tensor):
         return 0  # images beyond memory are decoded only once, during the model's pass
     known = set(marks(validation.x))
-    return sum(mark in known for mark in marks(unlabeled.x))
+    return sum(mark in known for mark in marks(examples.x))

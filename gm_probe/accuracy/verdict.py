@@ -25,6 +25,9 @@ from gm_probe.checks import real
 from gm_probe.errors import DataError, UsageError, did_you_mean
 from gm_probe.measures.scores import probabilities
 
+MANY = 20
+"""Labels of which a model that is better than chance gets more right than chance would."""
+
 
 @dataclass(frozen=True, slots=True)
 class EstimateRequest:
@@ -147,22 +150,21 @@ def _too_few(calibration: Calibration | None, level: float) -> list[str]:
 
 
 def _doubts(evidence: Sequence[Evidence]) -> list[str]:
-    """Return notes on a validation set that the models seem trained on, do not fit, or that lacks classes."""
+    """Return notes on labeled sets that the models seem trained on, do not fit, or that lack classes."""
     notes = []
     for one in evidence:
-        if one.validation is None:
-            continue
-        accuracy, chance = one.validation.accuracy, 1 / one.num_classes
-        if accuracy == 1:
+        if one.validation is not None and one.validation.accuracy == 1:
             notes.append(
                 f"{one.name} makes no error on the {len(one.validation.labels):,} validation examples; if it was "
                 "trained on them, its estimate is worthless. Give held-out examples"
             )
-        elif accuracy <= chance:
-            notes.append(
-                f"{one.name} is right on {percent(accuracy)} of the validation examples, no better than chance "
-                f"({percent(chance)}). Check that its classes are numbered as the labels are"
-            )
+        chance = 1 / one.num_classes
+        for what, labeled in (("validation", one.validation), ("few-labels", one.few_labels)):
+            if labeled is not None and len(labeled.labels) >= MANY and labeled.accuracy <= chance:
+                notes.append(
+                    f"{one.name} is right on {percent(labeled.accuracy)} of the {what} examples, no better than chance "
+                    f"({percent(chance)}). Check that its classes are numbered as the labels are"
+                )
     known = evidence[0].validation
     counts = None if known is None else known.labels.bincount(minlength=evidence[0].num_classes)
     if counts is not None and not bool(counts.all()):

@@ -21,18 +21,21 @@ def run_notes(table: RunTable, design: Design, clusters: Clusters) -> Iterator[s
         yield f"{alone} of {len(sizes)} settings have a single run"
     if clusters.num_seeds == 1:
         yield "all settings share one seed, so no interval covers seed variation"
-    for gap in set(GAPS).intersection(table.gaps):
+    for gap in (name for name in table.gaps if name in GAPS):
         negative = int((table.frame[gap] < 0).sum())
         if 2 * negative > table.num_runs:
             yield f"{gap} is negative in {negative} of {table.num_runs} runs. It should be {GAPS[gap]}"
-    for what, columns in (
-        ("name", ["run"]),
-        ("values", [*table.gaps, *table.measures, *table.hyperparameters]),
-    ):
-        repeated = table.frame.duplicated(columns)
-        if repeated.any():
-            first = table.frame["run"][repeated].iloc[0]
-            yield f"{repeated.sum()} runs repeat the {what} of another, such as {first}. Is one listed twice?"
+    found = [*table.gaps, *table.measures, *table.outcomes]
+    telling = [name for name in found if 2 * table.frame[name].nunique() > table.num_runs]
+    values = telling if len(telling) > 1 else [*found, *table.hyperparameters]
+    known = table.frame.dropna(subset=telling)
+    for what, columns, frame in (("name", ["run"], table.frame), ("values", values, known)):
+        names = frame["run"][frame.duplicated(columns)]
+        if len(names):
+            yield (
+                f"{len(names)} runs repeat the {what} of another, such as {names.iloc[0]}. Is one listed twice, or has "
+                "a setting no effect?"
+            )
 
 
 def measure_warnings(table: RunTable, name: str) -> tuple[str, ...]:

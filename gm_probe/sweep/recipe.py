@@ -137,6 +137,7 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
             raise UsageError(f"recipe: {table} = {content[table]!r} must be a table, [{table}]")
     base = {**content.get("base", {}), **(overrides or {})}
     runs: dict[str, TrainConfig] = {}
+    names: dict[TrainConfig, str] = {}
     for values in points(content):
         both = sorted(set(base) & set(values))
         if both:
@@ -145,8 +146,11 @@ def parse_recipe(content: Mapping[str, Any], overrides: Mapping[str, Any] | None
             )
         config = TrainConfig.from_dict({**base, **values})
         name = run_name(config, values)
-        if name in runs:
-            raise UsageError(f"recipe: the design names the same run twice ({name})")
+        same = names.setdefault(config, name)
+        if name in runs or same != name:  # a point may also give a default that another leaves out
+            raise UsageError(
+                f"recipe: the design names the same run twice ({', '.join(dict.fromkeys([same, name]))})"
+            )
         runs[name] = config
     plan = measure_plan(content.get("measure", {}))
     if views := [config for config in runs.values() if config.trains_encoder]:
