@@ -74,6 +74,7 @@ def _weights(context: MeasurementContext) -> Iterator[Tensor]:
             found[module] = module.weight
 
     def note(module: nn.Module, *_: object) -> None:
+        assert isinstance(module.weight, Tensor)
         found[module] = module.weight
 
     with ExitStack() as stack, torch.no_grad():
