@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gm_probe.data.batches import Batches
 from gm_probe.data.memory import within_memory
-from gm_probe.errors import DataError, DivergedError, UsageError, foreign_or
+from gm_probe.errors import DivergedError, UsageError
 from gm_probe.linalg.work import Work
 from gm_probe.measures.context import MeasurementContext
 from gm_probe.measures.last_layer import LastLayer
@@ -104,14 +104,7 @@ def _one_pass(
     last = LastLayer()
     start = 0
     for batch in batches:
-        some = f"examples {start} to {start + len(batch.x) - 1} of {batches.examples.source}"
-
-        def fails(cause: str, some: str = some) -> DataError:
-            return DataError(
-                f"the model failed on {some}: {cause}. Check the input's shape, dtype and device"
-            )
-
-        with foreign_or(fails):
+        with batches.naming(start, len(batch.x)):
             with last.watching(parameters.model):
                 logits = by_class(parameters.logits(batch.x))
             kept = None if summed is None else summed[start : start + len(logits)].to(logits.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +17,7 @@ from gm_probe.data.fields import Fields, Given, as_inputs, ordinary, tensors_of
 from gm_probe.data.images import ImageFiles, decoded_ahead
 from gm_probe.data.labels import as_labels
 from gm_probe.data.normalization import Normalization
-from gm_probe.errors import DataError, UsageError
+from gm_probe.errors import DataError, UsageError, foreign_or
 from gm_probe.runtime.devices import room, upload
 
 
@@ -168,6 +169,19 @@ class Batches:
     def independent(self, terms: Tensor) -> Tensor:
         """Return independent terms with the mean of ``terms`` (n,): themselves, or one mean a batch."""
         return terms.view(-1, self.batch_size).mean(1) if self.batch_dependent else terms
+
+    @contextmanager
+    def naming(self, start: int, count: int) -> Iterator[None]:
+        """Raise DataError with the numbers of ``count`` examples from ``start`` on, where a model fails on them."""
+        where = f"examples {start} to {start + count - 1} of {self.examples.source}"
+
+        def failed(cause: str) -> DataError:
+            return DataError(
+                f"the model failed on {where}: {cause}. Check the input's shape, dtype and device"
+            )
+
+        with foreign_or(failed):
+            yield
 
     def __len__(self) -> int:
         return -(-self.num_examples // self.batch_size)

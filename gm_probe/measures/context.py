@@ -98,15 +98,7 @@ class MeasurementContext:
         rows: list[Tensor] = []
         with torch.no_grad():
             for batch in batches:
-                start = batches.first + sum(map(len, rows))
-                some = f"examples {start} to {start + len(batch.x) - 1} of {batches.examples.source}"
-
-                def fails(cause: str, some: str = some) -> DataError:
-                    return DataError(
-                        f"the model failed on {some}: {cause}. Check the input's shape, dtype and device"
-                    )
-
-                with foreign_or(fails):
+                with batches.naming(batches.first + sum(map(len, rows)), len(batch.x)):
                     rows.append(self.parameters.taken(batch.x))
                 if last is not None:
                     last.add(rows[-1])
