@@ -114,13 +114,17 @@ def test_a_part_whose_labels_are_all_ignored_counts_nothing() -> None:
         lambda z, y: functional.cross_entropy(z / z.norm(), y),
         lambda z, y: functional.cross_entropy(z, y) + z.mean(0).norm(),
         lambda z, y: functional.cross_entropy(z, y, reduction="sum") + 3.0,
+        lambda z, y: functional.cross_entropy(z, y) + z.var(0, unbiased=False).sum(),
+        lambda z, y: functional.cross_entropy(z, y, reduction="none").max(),
     ],
 )
-def test_a_loss_that_parts_do_not_make_up_is_refused(loss: Callable[..., Tensor]) -> None:
-    model, (x, y) = network(), examples()
+@pytest.mark.parametrize("m", [8, 6, 1])
+def test_a_loss_that_parts_do_not_make_up_is_refused(loss: Callable[..., Tensor], m: int) -> None:
+    """Also where all parts are equal in size."""
+    model, (x, y) = network(), examples(12)
     Rule(model, loss).backward(x, y)
     with pytest.raises(UsageError, match="neither a weighted mean nor a sum"):
-        Rule(model, loss, m=8).backward(x, y)
+        Rule(model, loss, m=m).backward(x, y)
 
 
 def test_an_empty_batch_is_refused() -> None:

@@ -84,7 +84,11 @@ class SubBatches:
             gathered = from_all([part.y.to("cpu") for part in self.parts])
             every = [target.to(like.device) for targets in gathered for target in targets]
             self._losses, again = (
-                loss_shares(loss, [_made_up(len(y), like, outputs, scale) for y in every], every)
+                loss_shares(
+                    loss,
+                    [_made_up(len(y), like, outputs, scale, seed) for seed, y in enumerate(every)],
+                    every,
+                )
                 for scale in (0.1, 0.25)  # small, because a hinge loss has a slope only within its margin
             )
             if any(abs(a - b) > _TOLERANCE * max(a, b) for a, b in zip(self._losses, again, strict=True)):
@@ -149,11 +153,13 @@ def loss_shares(loss: Loss, outputs: Sequence[Tensor], targets: Sequence[Inputs]
             return [1.0] * len(leaves)
         shares, value = [], 0.0
         for leaf, target, slope in zip(leaves, targets, slopes, strict=True):
-            if not bool(slope.any()):  # no example of the part counts, and its own loss may be 0/0
-                shares.append(0.0)
-                continue
             part = loss(leaf, value_of(target))
             [own] = _slopes(part, [leaf])
+            if not bool(slope.any()):  # no example of the part counts, and its own loss may be 0/0
+                if bool(torch.isfinite(own).all()) and bool(own.any()):
+                    raise _refusal()  # it counts alone: the loss selects some examples of the batch
+                shares.append(0.0)
+                continue
             shares.append(float((slope * own).sum() / own.square().sum()))
             if not float((slope - shares[-1] * own).norm()) <= _TOLERANCE * float(slope.norm()):
                 raise _refusal()
@@ -178,9 +184,12 @@ def _refusal() -> UsageError:
     )
 
 
-def _made_up(rows: int, like: Tensor, outputs: Outputs, scale: float) -> Tensor:
-    """Return random outputs of ``rows`` examples, of the model's kind; they are the same in every process."""
-    generator = torch.Generator().manual_seed(rows)
+def _made_up(rows: int, like: Tensor, outputs: Outputs, scale: float, seed: int) -> Tensor:
+    """Return random outputs of ``rows`` examples, of the model's kind; they are the same in every process.
+
+    Every part needs a ``seed`` of its own: a loss of batch statistics cannot be told from a mean over equal parts.
+    """
+    generator = torch.Generator().manual_seed(seed)
     dtype = torch.promote_types(like.dtype, torch.float32)
     values = scale * torch.randn(rows, *like.shape[1:], generator=generator, dtype=dtype).to(like.device)
     classes = outputs.head == "classifier"
