@@ -244,17 +244,21 @@ class DataOptions:
 
         return Permissions(self.data_root, self.download, self.data)
 
-    def loading(self) -> dict[str, Any]:
-        """Return the keywords of ``open_checkpoint``; sets the threads and the allocator of this process."""
+    def prepare_process(self) -> None:
+        """Set the threads and the allocator of this process."""
         import torch
 
-        from gm_probe.models.door import Outputs
-        from gm_probe.runtime.devices import pick_device
         from gm_probe.runtime.machine import keep_freed_memory
 
         keep_freed_memory()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+
+    def loading(self) -> dict[str, Any]:
+        """Return the keywords of ``open_checkpoint``."""
+        from gm_probe.models.door import Outputs
+        from gm_probe.runtime.devices import pick_device
+
         size = {} if self.batch_size is None else {"batch_size": self.batch_size}
         return size | {
             "normalization": self._normalization(),

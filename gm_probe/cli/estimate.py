@@ -133,6 +133,7 @@ def estimate(
     from gm_probe.accuracy.verdict import EstimateRequest, judge
 
     request = EstimateRequest.of(shares, level, seed)
+    data.prepare_process()
     loading = data.loading() | {"head": head}
     opened = opened_aloud(data, unlabeled, False, quiet)[0]
     target = opened.subset(data.max_examples, seed)

@@ -178,6 +178,7 @@ def measure(
         )
     device = task.data.device
     named_device(device)
+    task.data.prepare_process()
     loading = task.loading(quiet, here=placing.here)
     with processes.joined(pick_device(device)) if together else nullcontext():
         speaks = processes.rank() == 0

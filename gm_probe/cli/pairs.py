@@ -74,6 +74,7 @@ def pairs(
     from gm_probe.measures.pairwise import compare
     from gm_probe.sweep.data_identity import described, doubts, training_sets_of
 
+    data.prepare_process()
     loading = data.loading() | {"head": head}
     training_sets = training_sets_of(paths)
     notes += doubts(paths, training_sets)
