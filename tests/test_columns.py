@@ -57,7 +57,8 @@ def test_names_that_would_fall_together_stay_as_they_are() -> None:
      "run_id", "ID", "start_time", "end_time", "datetime_start", "updated_at", "epoch", "global_step",
      "trainer/global_step", "GPU Count", "index", "", "...1", "0", "level_0", "status", "State", "val_acc",
      "train_loss", "acc", "best_val_acc", "Loss (nats)", "gen_gap", "val_acc@5", "test_top5", "fold", "data_seed",
-     "mean_train_loss", "tags.x",
+     "value", "values_0",
+     "mean_train_loss", "iterations_since_restore", "eval_recall", "tags.x",
      "params.anything", "LR", "Seed", "Error_Gap", "test_error", "date", "duration", "pid"],
 )  # fmt: skip
 def test_no_measure_unasked(name: str) -> None:

@@ -410,6 +410,16 @@ def test_error_rates_are_fractions_of_examples(
     assert frame["error_gap"].tolist() == pytest.approx(gap)
 
 
+def test_words_for_means_may_be_settings(tmp_path: Path) -> None:
+    for cells in (["mean", "max", "mean", "max"], ["32", "max", "64", "max"]):
+        rows = "".join(f"{cell},{i},{i}\n" for i, cell in enumerate(cells))
+        (tmp_path / "t.csv").write_text("pooling,error_gap,m\n" + rows)
+        assert load_table(tmp_path / "t.csv", hyperparameters=["pooling"]).num_runs == 4
+    (tmp_path / "t.csv").write_text("lr,error_gap,m\n0.1,1,1\n0.2,2,2\nAverage,1.5,1.5\nStd Dev,0.5,0.5\n")
+    table = load_table(tmp_path / "t.csv")
+    assert (table.num_runs, len(table.excluded)) == (2, 2)
+
+
 def test_a_header_in_percent_is_one_even_below_1(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("train_err (%),test_err (%),m\n0.1,0.5,1\n0.2,0.9,2\n")
     assert load_table(tmp_path / "t.csv").frame["error_gap"].tolist() == pytest.approx([0.004, 0.007])

@@ -86,7 +86,7 @@ def _rows(
     labels = found.runs.labels.get(name)
     shown = symbol(name) + (f" ({labels} labels)" if labels else "") + "*" * bool(others)
     for group, tau in found.of(name, target, "tau").items():
-        what = target_short(target).split()[-1] if target.isidentifier() else "gap"
+        what = target_short(target).split()[-1] if target.isidentifier() else "target"
         meaning = f"{'larger' if (tau.value or 0) > 0 else 'smaller'} {what}"
         yield (
             _short(f"  {group}" if group else shown, room),

@@ -30,7 +30,7 @@ RATES = tuple(f"{part}_{rate}" for part in ("train", *HELD_OUT) for rate in ("er
 ALIASES = {"random_state": SEED, "seed_everything": SEED, "run_name": "name", "mlflow_run_name": "name"}
 PARTS = {"train", *HELD_OUT, "id", "ood"}
 LARGER_IS_WORSE = {"err", "error", "err5", "loss", "ce", "nll", "ppl", "perplexity", "gap"}
-LARGER_IS_BETTER = {"acc", "accuracy", "acc5", "f1", "auc", "auroc"}
+LARGER_IS_BETTER = {"acc", "accuracy", "acc5", "f1", "auc", "auroc", "precision", "recall"}
 """Words for what a run achieved. One that is worse makes the whole name worse, as in ``accuracy_gap``."""
 QUALIFIERS = {"best", "final", "last", "gen", "generalization", "rate", "diff"}
 SUMMED = {"max", "min", "mean", "avg"}
@@ -48,7 +48,8 @@ _NO_MEASURE = re.compile(
     r"|(?:.*_)?(?:id|uuid|guid|pid|status|state)"
     r"|(?:.*_)?(?:time|date|datetime|timestamp|runtime|duration|seconds|epochs?|steps?|iterations?)"
     r"|(?:time|date|datetime|created|started|updated|finished|ended|relative)(?:_.*)?|.*_at"
-    r"|(?:.*_)?(?:seed|fold|trial|repeat|replicate)"
+    r"|(?:.*_)?(?:seed|fold|trial|repeat|replicate)|values?(?:_\d+)?|objective"
+    r"|(?:iterations|timesteps|episodes)_.*"  # of Ray
     r"|.*_per_(?:second|sec|s|step|epoch)|total_flos"
     r"|.*_(?:stderr|stderr_examples|has_converged)"  # what `gmprobe collect` writes beside a measure
     r"|(?:gpu|cpu|git|mlflow|slurm)_.*|host|hostname|node_ip|user|tags|notes|sweep|commit"

@@ -12,7 +12,18 @@ from gm_probe.tables.columns import NAMES, is_given, is_setting, key
 from gm_probe.tables.numerals import Numbers
 from gm_probe.tables.table import SEED
 
-PROGRESS = frozenset(("epoch", "step", "_step", "global_step", "trainer_global_step", "iteration", "iter"))
+PROGRESS = frozenset(
+    (
+        "epoch",
+        "step",
+        "_step",
+        "global_step",
+        "trainer_global_step",
+        "iteration",
+        "training_iteration",
+        "iter",
+    )
+)
 
 
 def require_one_row_a_run(

@@ -335,13 +335,18 @@ def _finished(
 
 
 def _sums(raw: pd.DataFrame) -> list[int]:
-    """Return the rows that a name calls a mean or the like, or the first cell where the column's others are numbers."""
+    """Return the rows that a name calls a mean or the like, or the first cell of the last rows, below numbers."""
     found: dict[int, None] = {}
     for place, name in enumerate(raw.columns[:-1]):
         cells = raw[name].map(lambda cell: str(cell).strip())
         sums = cells.map(key).isin(SUMMARIES)
         labels = key(name) in {*NAMES, "", "index", "unnamed:_0"}
-        if sums.any() and (labels or (place == 0 and not cells[~sums].map(number).isna().any())):
+        last = (
+            place == 0
+            and sums.is_monotonic_increasing
+            and not (sums.all() or cells[~sums].map(number).isna().any())
+        )
+        if labels or last:
             found |= dict.fromkeys(sums[sums].index)
     return list(found)
 
