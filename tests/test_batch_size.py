@@ -38,19 +38,19 @@ def images(count: int) -> torch.Tensor:
 
 
 def test_bytes_an_example_by_hand() -> None:
-    """Of Linear → ReLU → Linear: the input, the hidden layer (ReLU and weight share it), the log-probabilities."""
+    """Of Linear → ReLU → Linear: the input, the hidden layer (ReLU and weight share it), logits, log-probabilities."""
     model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
     x = torch.randn(6, 10)
-    assert bytes_an_example(model, x) == 4 * (10 + 20 + 3)
+    assert bytes_an_example(model, x) == 4 * (10 + 20 + 3 + 3)
     assert bytes_an_example(model, x[:2]) == bytes_an_example(model, x)
-    assert bytes_an_example(model.double(), x.double()) == 8 * (10 + 20 + 3)
+    assert bytes_an_example(model.double(), x.double()) == 8 * (10 + 20 + 3 + 3)
 
 
 def test_weights_are_no_share_of_an_example() -> None:
-    """Frozen ones neither: of Linear → ReLU → frozen Linear → Linear the input, both hidden layers, log p."""
+    """Frozen ones neither: of Linear → ReLU → frozen Linear → Linear the input, both hidden layers, logits, log p."""
     model = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 30), nn.Linear(30, 3)).eval()
     model[2].requires_grad_(False)
-    assert bytes_an_example(model, torch.randn(6, 10)) == 4 * (10 + 20 + 30 + 3)
+    assert bytes_an_example(model, torch.randn(6, 10)) == 4 * (10 + 20 + 30 + 3 + 3)
 
 
 def test_a_model_that_keeps_nothing_takes_any_batch() -> None:
