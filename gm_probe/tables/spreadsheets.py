@@ -110,13 +110,7 @@ def run_table(source: Path, raw_table: RawTable, asked: TableRequest) -> RunTabl
         DataError: no gap, no measure, no usable row, or text where a number belongs.
     """
     new = called([str(name) for name in raw_table.cells.columns])
-    short = Counter(map(bare, new))
-    aliases = {old: name for old, name in new.items() if old != name}
-    aliases |= {
-        bare(old): name
-        for old, name in new.items()
-        if short[bare(old)] == 1 and bare(old) not in new.values()
-    }
+    aliases = _aliases(new)
     raw, excluded, notes = _finished(raw_table.cells.rename(columns=new), source, asked.converged_only)
     columns = read_numbers({str(name): raw[name].to_list() for name in raw if name != ROW})
     written = {name: old for old, name in new.items()}
@@ -162,6 +156,18 @@ def run_table(source: Path, raw_table: RawTable, asked: TableRequest) -> RunTabl
         left_out=tuple(roles.left_out),
         directions=directions,
     )
+
+
+def _aliases(new: Mapping[str, str]) -> dict[str, str]:
+    """Return what else columns may be called: their names in the file, and those without a tracker's prefix.
+
+    Args:
+        new: what each column of the file is called here.
+    """
+    short = Counter(map(bare, new))
+    found = {old: name for old, name in new.items() if old != name}
+    unprefixed = {bare(old): name for old, name in new.items() if short[bare(old)] == 1}
+    return found | {old: name for old, name in unprefixed.items() if old not in new.values()}
 
 
 def _roles(table: _Table, asked: TableRequest, gaps: list[str], made_of: list[str]) -> _Roles:
