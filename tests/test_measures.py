@@ -252,7 +252,7 @@ def random_case(
     return small_net(depth, width, activation, classes), torch.randn(examples, 3)
 
 
-@settings_of(max_examples=20, deadline=None, derandomize=True)
+@settings_of(max_examples=12, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(["vectors", "images", "tokens"]),
     depth=st.integers(0, 3),
