@@ -77,9 +77,8 @@ def rejected(scores: Tensor, reference: Tensor, weights: Tensor, critical: float
     and weights that give the reference the class shares of the other set, it tests whether only these changed.
     """
     values, order = torch.cat([scores, reference]).sort()
-    last = torch.cat(
-        [values[1:] != values[:-1], torch.ones(1, dtype=torch.bool)]
-    )  # of equal ones, such as 1.0
+    # equal values, such as 1.0, are one step: only the last of them counts
+    last = torch.cat([values[1:] != values[:-1], torch.ones(1, dtype=torch.bool)])
     steps = torch.cat([torch.full((len(scores),), 1 / len(scores)).double(), -weights / weights.sum()])
     distance = float(steps[order].cumsum(0)[last].abs().max())
     effective = float(weights.sum().square() / weights.square().sum())

@@ -54,9 +54,8 @@ def _nodes(output: Tensor, seen: set[Node]) -> Iterator[Node]:
 def require_moved_alone(loss: Tensor, moved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
     """Raise UsageError where ``loss`` depends on the model's ``own`` parameters other than by the ``moved`` ones."""
     names = {id(p): name for name, p in own.items()}
-    sums: set[Node] = set()  # θ + δ, which may be several nodes, as of tensor subclasses
-    for value in moved.values():
-        sums.update(_nodes(value, sums))
+    # θ + δ, which may be several nodes, as of tensor subclasses
+    sums = {node for value in moved.values() for node in _nodes(value, set())}
     for node in _nodes(loss, set()):
         for following, _ in node.next_functions if node not in sums else ():
             name = names.get(id(getattr(following, "variable", None)))

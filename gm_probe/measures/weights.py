@@ -175,9 +175,8 @@ def path_norm(context: MeasurementContext) -> Estimate:
         )
     rise = float((second - first).abs().max())
     bent = float((third - 2 * second + first).abs().max())
-    flat = rise <= AFFINE**2 * float(
-        first.abs().max()
-    )  # the inputs are normalised, or paths are lost to rounding
+    # where the inputs are normalised, or paths are lost to rounding, nothing rises
+    flat = rise <= AFFINE**2 * float(first.abs().max())
     if not math.isfinite(rise) or flat or bent > AFFINE * rise or bool((first < 0).any()):
         return Estimate.undefined("the network is not piecewise linear, so its paths have no lengths")
     return Estimate(math.sqrt(float(first.sum())), details=dict(NO_EXAMPLES))

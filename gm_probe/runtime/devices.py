@@ -21,13 +21,13 @@ LACKING = {
 
 def generator_state(device: torch.device) -> Tensor | None:
     """Return the state of ``device``'s own global generator; None where it has none, as the CPU's is torch's."""
-    return _module(device).get_rng_state(*_place(device)) if _has_generator(device) else None
+    return module_of(device).get_rng_state(*_place(device)) if _has_generator(device) else None
 
 
 def set_generator_state(state: Tensor | None, device: torch.device) -> None:
     """Set what ``generator_state`` returned; None leaves the generator alone."""
     if state is not None and _has_generator(device):
-        _module(device).set_rng_state(state.cpu(), *_place(device))
+        module_of(device).set_rng_state(state.cpu(), *_place(device))
 
 
 def generator_on(device: torch.device) -> torch.Generator:
@@ -53,7 +53,7 @@ def chunk(device: torch.device) -> int:
 
 def synchronize(device: torch.device) -> None:
     """Wait for the work that ``device`` was given; a CPU has done it already."""
-    wait = getattr(_module(device), "synchronize", None)
+    wait = getattr(module_of(device), "synchronize", None)
     if device.type != "cpu" and wait is not None:
         wait(*_place(device))
 
@@ -81,7 +81,7 @@ def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) 
 
 def release_memory(device: torch.device) -> None:
     """Hand back what torch keeps of ``device``'s freed memory."""
-    release = getattr(_module(device), "empty_cache", None)
+    release = getattr(module_of(device), "empty_cache", None)
     if release is not None:
         release()
 
@@ -94,11 +94,11 @@ def room(device: torch.device) -> int:
 
 def _free_and_total(device: torch.device) -> tuple[int, int] | None:
     """Return the bytes of ``device``'s memory, free and in all; None where torch does not know them."""
-    ask = getattr(_module(device), "mem_get_info", None)
+    ask = getattr(module_of(device), "mem_get_info", None)
     return None if ask is None else ask(device)
 
 
-def _module(device: torch.device) -> Any:
+def module_of(device: torch.device) -> Any:
     """Return torch.cuda, torch.xpu and the like; None for a device without a module."""
     return getattr(torch, device.type, None)
 
@@ -109,7 +109,7 @@ def _place(device: torch.device) -> tuple[torch.device, ...]:
 
 
 def _has_generator(device: torch.device) -> bool:
-    return device.type != "cpu" and hasattr(_module(device), "get_rng_state")
+    return device.type != "cpu" and hasattr(module_of(device), "get_rng_state")
 
 
 def pick_device(name: str) -> torch.device:

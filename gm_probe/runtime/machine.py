@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from gm_probe.runtime.devices import module_of
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -24,9 +26,7 @@ def keep_freed_memory() -> bool:
 
 def environment(device: torch.device, *, tf32: bool = False) -> dict[str, Any]:
     """Return versions, device, threads and whether products may use TF32, to be stored with every result."""
-    named = (
-        getattr(getattr(torch, device.type, None), "get_device_name", None) if device.type != "cpu" else None
-    )
+    named = getattr(module_of(device), "get_device_name", None) if device.type != "cpu" else None
     return {
         "gm_probe": version("gm_probe"),
         "torch": torch.__version__,
